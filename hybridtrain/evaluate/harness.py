@@ -6,6 +6,7 @@ lm-evaluation-harness. The only file that imports it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -57,28 +58,8 @@ def measure(model: Any, tokenizer: Any, options: LmEvalConfig) -> dict[str, dict
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        manager = TaskManager(include_path=options.task_folder or None)
-    except Exception as error:  # of its YAML files, which may hold anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise refusal(
-            "lm_eval.task_folder",
-            options.task_folder,
-            f"the harness cannot read its tasks: {reason}",
-            allowed="a folder of the harness's YAML files",
-            instead="another folder",
-        ) from error
-    unknown = [name for name in options.tasks if name not in manager.all_tasks]
-    if unknown:
-        problem = f"the harness has no {unknown[0]}" + (
-            f", nor has {options.task_folder}" if options.task_folder else ""
-        )
-        allowed = f"one of its {len(manager.all_tasks):,} tasks and groups, or of lm_eval.task_folder"
-        instead = "lm-eval ls tasks, which lists them"
-        raise refusal("lm_eval.tasks", options.tasks, problem, allowed=allowed, instead=instead)
+    manager = index_of(options)
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
@@ -96,6 +77,39 @@ def measure(model: Any, tokenizer: Any, options: LmEvalConfig) -> dict[str, dict
         ) from error
     assert found is not None, "of the harness's rank 0"
     return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def index_of(options: LmEvalConfig) -> Any:
+    """The harness's index of tasks. Raises UserError for unknown ones."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _manager(options.task_folder)
+    unknown = [name for name in options.tasks if name not in manager.all_tasks]
+    if unknown:
+        problem = f"the harness has no {unknown[0]}" + (
+            f", nor has {options.task_folder}" if options.task_folder else ""
+        )
+        allowed = f"one of its {len(manager.all_tasks):,} tasks and groups, or of lm_eval.task_folder"
+        instead = "lm-eval ls tasks, which lists them"
+        raise refusal("lm_eval.tasks", options.tasks, problem, allowed=allowed, instead=instead)
+    return manager
+
+
+@functools.cache
+def _manager(task_folder: str) -> Any:
+    """The harness's index of tasks, which takes it seconds."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        return TaskManager(include_path=task_folder or None)
+    except Exception as error:  # of its YAML files, which may hold anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise refusal(
+            "lm_eval.task_folder",
+            task_folder,
+            f"the harness cannot read its tasks: {reason}",
+            allowed="a folder of the harness's YAML files",
+            instead="another folder",
+        ) from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -48,6 +48,8 @@ def run(config: CompareRoot) -> int:
         for folder in folders:
             _check_kind(folder, config)
             held_out.check_tokenizer(folder, settings)
+        if config.lm_eval.tasks:
+            harness.index_of(config.lm_eval)
         first = Path(names[0]) if names[0] else run_dir
         of_run = first if (first / "config.yaml").is_file() else None
         name = names[0] or str(run_dir / "export")

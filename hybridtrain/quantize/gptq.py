@@ -54,7 +54,8 @@ def _inverse_root(hessian: Tensor, *, path: str, scheme: Scheme, field: str) -> 
     """The upper Cholesky factor of the inverse."""
     mean = hessian.diagonal().mean()
     for damping in _DAMPING:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed or not lower.isfinite().all():
             continue

@@ -49,7 +49,7 @@ def test_a_model_larger_than_memory_generates(data: Path, tmp_path: Path) -> Non
     """The same text as with enough memory."""
     folder = tmp_path / "source"
     layer = write(folder, layers=20, hidden=2048, dtype="bfloat16")
-    tokens.copy_tokenizer(data, out=folder)
+    tokens.copy_tokenizer(data / "tokenizer", out=folder)
     assert 20 * layer > 4 * LIMIT
     argv = ["generate", f"generate.source={folder}", "generate.prompt=number 4", "generate.temperature=0"]
     argv += ["generate.max_new_tokens=4"]

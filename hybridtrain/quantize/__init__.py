@@ -4,7 +4,9 @@ schemes.py      int4-g32-gptq and the like: what a scheme's name says
 grids.py        the numbers that codes stand for, and the nearest one
 gptq.py         codes that make up for each other's errors
 walk.py         layer by layer: calibration rows in, codes out
-apply.py        plain transformers models with these numbers
+experts.py      matrices of experts that a model has in one parameter
+joined.py       layers that have one scheme together
+stored.py       formats of folders: compressed-tensors; floats8.py: torchao
 measure.py      losses, divergence and agreement of two models on held-out rows
 compare.py      `hybridtrain compare`
 """

@@ -57,6 +57,7 @@ PRIVATE = {
     ),
     **dict.fromkeys(("_fsdp_param_group", "_fsdp_param_groups"), ("parallel/fsdp.py",)),
     "_step_supports_amp_scaling": ("optim/user_optimizer.py",),
+    "_experts_implementation": ("quantize/experts.py",),
     "_dynamo": ("parallel/recompute.py",),
     "_scaled_mm": ("parallel/recompute.py", "precision/qlinear.py"),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),

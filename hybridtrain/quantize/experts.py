@@ -157,18 +157,23 @@ def _parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def names(meta: nn.Module) -> set[str]:
-    """The parameters of three dimensions of all experts."""
-    return {f"{path}.{name}" for path, module in meta.named_modules() for name in _parameters(module)}
+    """The parameters of all experts, of which files hold a matrix for each."""
+    return {
+        f"{path}.{name}"
+        for path, module in meta.named_modules()
+        for name, each in _parameters(module).items()
+        if _stored(meta, f"{path}.{name}", each)
+    }
 
 
 def unknown(meta: nn.Module) -> str:
     """A parameter of experts that files do not hold as a matrix for each; empty: none."""
+    known = names(meta)
     for path, module in meta.named_modules():
         for name, each in module.named_parameters(recurse=False):
-            if each.dim() == 3 and "expert" in f"{path}.{name}":
-                stored = _stored(meta, f"{path}.{name}", each) if name in _parameters(module) else {}
-                if not stored:
-                    return f"{path}.{name}"
+            where = f"{path}.{name}"
+            if each.dim() == 3 and "expert" in where and where not in known:
+                return where
     return ""
 
 

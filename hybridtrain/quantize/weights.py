@@ -38,6 +38,7 @@ class Writer:
     ):
         self.built, self.meta, self.source, self.plan = built, meta, source, plan
         self.dtype, self.field = dtype, field
+        self.whole = experts.names(meta)
         self.experts = {path for path in plan if not isinstance(meta.get_submodule(path), torch.nn.Linear)}
         self.format = stored.format_of(plan, meta, dtype=dtype, field=field)
         self.layers = f"{structure_of(built).layers}."
@@ -51,7 +52,7 @@ class Writer:
             for path, module in self.meta.named_modules()
             if isinstance(module, torch.nn.Linear) and path not in self.plan
         }
-        if not all(map(self._in_codes, experts.names(self.meta))):
+        if not all(map(self._in_codes, self.whole)):
             others.add(stored.EXPERTS)
         return {"quantization_config": self.format.description(self.plan, ignored=others)}
 
@@ -120,7 +121,7 @@ class Writer:
                 tensors[name] = self._cast(name, whole) if is_parameter else whole.to(value.dtype)
         kept = {}
         if self.plan:  # of experts without codes, a matrix each, transformers would look for the codes
-            kept = {name: tensors.pop(name) for name in experts.names(self.meta) & tensors.keys()}
+            kept = {name: tensors.pop(name) for name in self.whole & tensors.keys()}
         return {name: tensor.contiguous() for name, tensor in (as_stored(self.meta, tensors) | kept).items()}
 
     def _in_codes(self, name: str) -> bool:

@@ -178,9 +178,9 @@ def unknown(meta: nn.Module) -> str:
 
 
 def _stored(meta: nn.Module, name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """Name of a matrix in files -> numbers of its rows (N, 1); none where files do not have these."""
+    """Name of a matrix in files -> numbers of its rows (N, 2); none where files do not have these."""
     many, rows, _ = parameter.shape
-    numbers = torch.arange(many * rows).view(many, rows, 1)
+    numbers = torch.arange(many * rows).view(many, rows, 1).repeat(1, 1, 2)
     stored = as_stored(meta, {name: numbers})
     whole = all(each.dim() == 2 and path.endswith(".weight") for path, each in stored.items())
     found = {path: each for path, each in stored.items() if (each.diff(dim=0) == 1).all()}

@@ -20,6 +20,7 @@ from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.linears import linears_of
+from hybridtrain.parity.verdict import tolerances
 from hybridtrain.plan.formats import BLOCK, FORMATS, SCHEMES
 from hybridtrain.precision import integers, rules
 from hybridtrain.precision.qlinear import Product, convert, product, weight_scale
@@ -124,6 +125,12 @@ def test_a_first_step_is_that_of_one_process() -> None:
     assert found["param_abs"] < 0.05 * of.lr, found
     without = cases.differences(one, cases.reference(Case("tp2", WHOLE_GROUPS, steps=1)))
     assert without["grad_rel"] > 1e-3, without
+
+
+def test_parity_asks_as_much_of_first_gradients_as_without_rounding() -> None:
+    for compute, grad_rel in (("qat_int4", 1e-5), ("fp8_tensorwise", 0.33), ("", 1e-5)):
+        found = tolerances(PrecisionConfig(compute=compute), tp=2, moved=1e-3, noise=0.3)
+        assert found["grad_rel"] == pytest.approx(grad_rel), compute
 
 
 LAYOUTS = (

@@ -33,7 +33,8 @@ def test_memory_does_not_grow_with_depth(data: Path, tmp_path: Path) -> None:
         peaks[depth] = quantize(tmp_path / str(depth), data, inside=None)
     inner, hidden = 1408**2 * 4, 512**2 * 4
     allowed = 2 * layer + (1 + 6) * inner + 6 * hidden
-    assert peaks[12] < peaks[4] + layer / 2, (constant, layer, peaks)
+    # modules without weights: up to a MB a layer
+    assert peaks[12] < peaks[4] + layer, (constant, layer, peaks)
     assert max(peaks.values()) < constant + allowed + layer / 2, (constant, layer, peaks)
 
 

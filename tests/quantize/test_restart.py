@@ -83,9 +83,9 @@ def test_it_goes_on_where_it_was(argv, tmp_path: Path, monkeypatch, capsys) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["quantize.scheme=int8"], "calibration rows, schemes of layers"),
         (["run.seed=3"], "calibration rows"),
-        (["quantize.dtype=float32"], "quantize.dtype"),
+        pytest.param(["quantize.scheme=int8"], "calibration rows, schemes of layers", marks=pytest.mark.slow),
+        pytest.param(["quantize.dtype=float32"], "quantize.dtype", marks=pytest.mark.slow),
     ],
 )
 def test_another_command_starts_anew(changes, words, argv, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -15,10 +15,10 @@ import torch
 from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource
 from hybridtrain.quantize import schemes, table, walk
-from hybridtrain.quantize.measure import Measured, measure
+from hybridtrain.quantize.measure import Measured, against, measure
 from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.schemes import Scheme
-from hybridtrain.quantize.search import Found, at_most, search, tokens_needed
+from hybridtrain.quantize.search import Found, Predictions, at_most, search, tokens_needed
 from hybridtrain.quantize.sets import ROWS, Sets
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.types import Batch
@@ -74,11 +74,12 @@ def found(
     )
     _check(result, budget, steps)
     found = []
+    known = Predictions(reference, rows.report)
     chosen = {path: uniform[scheme.name][path] for path, scheme in result.plan.items()}
     for name, layers in {**uniform, "plan": chosen}.items():
         values = list(layers.values())
         with written(layers) if name == "plan" else _put(model, dict(_coded(layers))):
-            measured = measure(reference, model, rows.report)
+            measured = against(known, model)
         found.append(table.row(name, measured, stored=table.stored_bytes(reference, values), layers=values))
     return result.plan, {
         "budget": budget,

@@ -17,10 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import recipes
+
+from hybridtrain.cli.main import main as hybridtrain
 
 SCHEMES = (
     *("bf16", "int8", "int8-a8", "fp8_e4m3", "fp8_e4m3-a8", "int4-g32-gptq", "int4-g32", "nvfp4", "nf4"),
@@ -96,20 +95,21 @@ def small(out: Path) -> Model:
         words = (*recipes.SCRATCH, *recipes.SETTINGS, *ends)
         recipes.command("train", f"run.dir={out}/small", data, *words)
         recipes.command("export", f"{out}/small")
-    return Model(out / "small/export", out / "bytes", 128, 16, rows=512, calibration=64, eval_rows=0)
+    return Model(out / "small/export", out / "bytes", 128, 16, rows=512, calibration=64, eval_rows=400)
 
 
 def encoder(out: Path, folder: Path) -> Model:
     """MiniLM has no head for words; it is trained for a while with one that is tied to its embeddings."""
-    data = prose(out, "prose-encoder", folder, seq_len=128)
+    data = prose(out, "prose-encoder", folder, seq_len=64)
     size = ("batch.global_batch_size=16", "batch.micro_batch_size=16")
-    words = (f"model.from_pretrained={folder}", "++model.config={architectures:[BertForMaskedLM]}")
-    rate = ("optim.lr=5e-4", "schedule.warmup_steps=20", "train.steps=150", "train.eval_every=150")
+    fields = "architectures:[BertForMaskedLM],hidden_dropout_prob:0.0,attention_probs_dropout_prob:0.0"
+    words = (f"model.from_pretrained={folder}", f"++model.config={{{fields}}}")
+    rate = ("optim.lr=1e-3", "schedule.warmup_steps=5", "train.steps=30", "train.eval_every=30")
     if not (out / "encoder/export").exists():
-        options = (f"data.path={data}", "data.seq_len=128", *size, *rate, "train.eval_rows=64")
+        options = (f"data.path={data}", "data.seq_len=64", *size, *rate, "train.eval_rows=64")
         recipes.command("train", f"run.dir={out}/encoder", "task=masked_lm", *words, *options)
         recipes.command("export", f"{out}/encoder")
-    return Model(out / "encoder/export", data, 128, 16, rows=256, calibration=32, eval_rows=0)
+    return Model(out / "encoder/export", data, 64, 16, rows=160, calibration=48, eval_rows=0)
 
 
 def gemma(out: Path, folder: Path) -> Model:
@@ -117,11 +117,11 @@ def gemma(out: Path, folder: Path) -> Model:
     if not target.exists():
         converted(folder, target)
     data = prose(out, "prose-gemma", target, seq_len=128)
-    return Model(target, data, 128, 2, rows=48, calibration=32, eval_rows=72)
+    return Model(target, data, 128, 2, rows=16, calibration=20, eval_rows=48)
 
 
 def converted(folder: Path, target: Path) -> None:
-    """A folder of a GGUF file, whose 4- and 6-bit numbers become bf16."""
+    """A folder of a GGUF file, with its 4- to 6-bit numbers in bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -200,10 +200,9 @@ def planned(out: Path, name: str, model: Model, *, budget: float, seed: int) -> 
 
 def command(*words: str) -> bool:
     """A command of hybridtrain; False for one that refuses a scheme that does not fit the model."""
-    done = subprocess.run([sys.executable, "-m", "hybridtrain.cli", *words], check=False, env={**os.environ})
-    if done.returncode not in (0, 2):
-        raise SystemExit(done.returncode)
-    return done.returncode == 0
+    if (code := hybridtrain(words)) not in (0, 2):
+        raise SystemExit(code)
+    return code == 0
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -16,10 +16,10 @@ from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource
 from hybridtrain.quantize import joined, schemes, table, walk
 from hybridtrain.quantize.experts import key
-from hybridtrain.quantize.measure import Measured, measure
+from hybridtrain.quantize.measure import Measured, against, measure
 from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.schemes import Scheme
-from hybridtrain.quantize.search import Found, at_most, search, tokens_needed
+from hybridtrain.quantize.search import Found, Predictions, at_most, search, tokens_needed
 from hybridtrain.quantize.sets import ROWS, Sets
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.types import Batch
@@ -79,11 +79,12 @@ def found(
     )
     _check(result, budget, steps)
     found = []
+    known = Predictions(reference, rows.report)
     chosen = {path: uniform[result.plan[key(each.linear)].name][path] for path, each in first.items()}
     for name, layers in {**uniform, "plan": chosen}.items():
         values = list(layers.values())
         with written(values) if name == "plan" else _put(model, _coded(values)):
-            measured = measure(reference, model, rows.report)
+            measured = against(known, model)
         found.append(table.row(name, measured, stored=table.stored_bytes(reference, values), layers=values))
     return result.plan, {
         "budget": budget,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,14 @@ from torch import Tensor
 from hybridtrain.errors import refusal
 from hybridtrain.quantize import walk
 from hybridtrain.quantize.experts import key
-from hybridtrain.quantize.measure import Measured, against, measure, predicted
+from hybridtrain.quantize.measure import Measured, against, predicted
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.runtime import log
 from hybridtrain.types import Batch
 
 _ERRORS = 3.0
+_KEPT = 1 << 30  # bytes of logits
 _log = log.get("quantize")
 
 Candidates = Mapping[str, Sequence[Sequence[Quantised]]]
@@ -74,12 +75,14 @@ def search(
     written: Written,
 ) -> Found:
     """See above. `budget`: relative increase of the perplexity."""
-    divergences = _scan(list(predicted(reference, rows)), copy.deepcopy(reference), candidates)
+    divergences = _scan(Predictions(reference, rows), copy.deepcopy(reference), candidates)
     steps = _affordable(greedy(candidates, divergences), limit=math.log1p(budget))
+
+    known = Predictions(reference, verify)
 
     def measured_after(count: int) -> Measured:
         with written(_after(candidates, steps[:count])) as model:
-            measured = measure(reference, model, verify)
+            measured = against(known, model)
         _log.info("%d steps: perplexity %+.3f %% at most", count, 100 * at_most(measured))
         return measured
 
@@ -88,6 +91,19 @@ def search(
     schemes = {key(each.linear): each.scheme for each in plan}
     expected = sum(step.divergence for step in steps[:number])
     return Found(schemes, number, len(steps) - number, expected, measured)
+
+
+class Predictions:
+    """The logits of a model on batches, to be gone through several times: kept, if they are not too many."""
+
+    def __init__(self, model: Any, batches: Sequence[Batch]):
+        self._model, self._batches = model, batches
+        tokens = sum(batch.labels_BT.numel() for batch in batches)
+        small = 4 * tokens * model.get_input_embeddings().num_embeddings <= _KEPT
+        self._kept = list(predicted(model, batches)) if small else None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
+        return predicted(self._model, self._batches) if self._kept is None else iter(self._kept)
 
 
 def kept(count: int, measured_after: Callable[[int], Measured], *, budget: float) -> tuple[int, Measured]:
@@ -130,7 +146,7 @@ def tokens_needed(measured: Measured, budget: float) -> int:
 
 
 def _scan(
-    known: Sequence[tuple[Tensor, Batch]], other: Any, candidates: Candidates
+    known: Iterable[tuple[Tensor, Batch]], other: Any, candidates: Candidates
 ) -> Mapping[str, Sequence[float]]:
     """Path -> divergence in each of its schemes, of these layers alone; of wider schemes never more. `known`:
     the logits of the reference, of which `other` is a copy.

@@ -43,6 +43,7 @@ class QuantizeConfig(Options):
     ladder: list[str] = field(default_factory=lambda: ["bf16", "int8", "int4-g32-gptq"])
     """quantize.plan=auto: schemes that a layer may have, the widest first."""
     eval_rows: int = 0
-    """quantize.plan=auto: held-out rows, half to verify the plan and half to report it; 0: all."""
+    """quantize.plan=auto: held-out rows, drawn by run.seed: 8 to search on, half of the others to verify the
+    plan, half to report it; 0: all."""
     out: str = ""
     """Folder to write; empty: <run>/quantised."""

@@ -59,6 +59,7 @@ class QuantizeConfig(Options):
     """quantize.plan=auto: one scheme for layers that read the same input (q, k and v; gate and up): vLLM
     multiplies them as one."""
     eval_rows: int = 0
-    """quantize.plan=auto: held-out rows, half to verify the plan and half to report it; 0: all."""
+    """quantize.plan=auto: held-out rows, drawn by run.seed: 8 to search on, half of the others to verify the
+    plan, half to report it; 0: all."""
     out: str = ""
     """Folder to write; empty: <run>/quantised."""

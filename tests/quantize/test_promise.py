@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,9 +94,8 @@ def test_the_bound_is_three_errors_and_says_how_many_tokens_it_needs(caplog) -> 
 def test_plans_keep_their_budget(tmp_path: Path) -> None:
     """The program of docs/inference.md, in small."""
     words = ["--seeds", "2", "--budgets", "0.01", "--schemes", "int8", "int4-g32-gptq", "int4-g32"]
-    subprocess.run(
-        [sys.executable, ROOT / "launch/quantise_figures.py", tmp_path, *words], check=True, cwd=ROOT
-    )
+    program = [sys.executable, ROOT / "launch/quantise_figures.py", tmp_path, *words]
+    subprocess.run(program, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     tables = {row["name"]: row for row in map(json.loads, (tmp_path / "tables.jsonl").open())}
     assert abs(tables["int8"]["loss_change"]["mean"]) < 0.002
     assert tables["int4-g32"]["kl"]["mean"] > 5 * tables["int4-g32-gptq"]["kl"]["mean"]

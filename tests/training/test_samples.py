@@ -53,7 +53,8 @@ def generated(run: Path, step: int) -> list[str]:
         max_shard_bytes=1 << 30,
     )
     options = schema.GenerateConfig(max_new_tokens=6, temperature=0.0)
-    return sample(source, prompts=PROMPTS, options=options, seed=0, trust_remote_code=False)
+    more = {"inference": schema.InferenceConfig(), "seed": 0, "trust_remote_code": False}
+    return sample(source, prompts=PROMPTS, options=options, **more)
 
 
 def check(world_size: int, data: Path, folder: Path, **options: object) -> None:

@@ -104,7 +104,7 @@ def encoder(out: Path, folder: Path) -> Model:
     size = ("batch.global_batch_size=16", "batch.micro_batch_size=16")
     fields = "architectures:[BertForMaskedLM],hidden_dropout_prob:0.0,attention_probs_dropout_prob:0.0"
     words = (f"model.from_pretrained={folder}", f"++model.config={{{fields}}}")
-    rate = ("optim.lr=1e-3", "schedule.warmup_steps=5", "train.steps=30", "train.eval_every=30")
+    rate = ("optim.lr=1e-3", "schedule.warmup_steps=20", "train.steps=120", "train.eval_every=40")
     if not (out / "encoder/export").exists():
         options = (f"data.path={data}", "data.seq_len=64", *size, *rate, "train.eval_rows=64")
         recipes.command("train", f"run.dir={out}/encoder", "task=masked_lm", *words, *options)

@@ -28,6 +28,13 @@ def _quantize(options: schema.QuantizeConfig) -> None:
         allowed="bf16 and fp16 without it",
         instead=install(extra),
     )
+    in_range(
+        "quantize.budget",
+        options.budget,
+        lambda budget: budget > 0,
+        allowed="above 0, up to 1",
+        instead="0.01 for 1 %",
+    )
 
 
 def _compare(compare: schema.CompareConfig) -> None:

@@ -24,6 +24,7 @@ from hybridtrain.engine.monitored import OfTorch
 from hybridtrain.models import adapters
 from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
+from hybridtrain.models.load import check_new
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
@@ -98,6 +99,7 @@ class TorchEngine:
         if initial or self.adapted:  # whose checkpoints do not have the model's own weights
             weights = initial_weights(config.model, self.model_config, seed=config.run.seed)
             if self.adapted:
+                check_new(config.model, self.model_config, adapters=config.adapters)
                 stored: Any = {"config": self.model_config, "dtype": self.precision.compute}
                 weights = adapters.source(weights, config.adapters, **stored, seed=config.run.seed)
                 weights = adapters.with_codes(weights, config.adapters, **stored)

@@ -149,7 +149,9 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
             trusts=trust_remote_code,
         )
         with quantised.quiet():
-            model = kind.from_pretrained(base, config=config, dtype="auto", **places, **options)
+            model, loaded = kind.from_pretrained(
+                base, config=config, dtype="auto", output_loading_info=True, **places, **options
+            )
             quantised.dequantise(model)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()
@@ -161,7 +163,7 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
         needed = placement.folder_needed(error, inference=inference)
         raise needed or unloadable(source, field=field, what="model", error=error) from error
     if adapted:
-        adapter_folder.attach(model, Path(source), field=field)
+        adapter_folder.attach(model, Path(source), new=loaded["missing_keys"], field=field)
     return model.eval()
 
 

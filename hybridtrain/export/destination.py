@@ -97,30 +97,34 @@ def replacing(out: Path, *, field: str, keeps: str) -> Iterator[Path]:
     """Yield a folder to write into, which replaces `out` at the end of the block if there is no error.
 
     `keeps`: name of the file in it with which the folder stays after an interruption, and is then yielded as
-    it is; empty: none. Raises OSError and UserError.
+    it is; so after a refusal of what is in `out`; empty: none. Raises OSError and UserError.
     """
     real = out.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     partial = real.with_name(real.name + _PARTIAL)
     handle = _locked(partial, out=out, field=field, keeps=keeps)
-    interrupted = False
+    interrupted = written = False
     try:
         write_json(partial / ORIGIN, {})  # marks the folder as ours after a crash
         removed = real.with_name(real.name + _REMOVED)
         if not real.exists() and is_export(removed):
             os.rename(removed, real)  # an earlier export was killed between its two renames
         yield partial
+        written = True
         origin = read_object(partial / ORIGIN, field=field)
+        contents = {name: each for name, each in export_record.contents(partial).items() if name != keeps}
         write_json(
             partial / ORIGIN,
             {
                 **origin,
-                "files": sorted(path.name for path in partial.iterdir()),
-                export_record.CONTENTS: export_record.contents(partial),
+                "files": sorted(path.name for path in partial.iterdir() if path.name != keeps),
+                export_record.CONTENTS: contents,
             },
         )
         marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out, field=field)
+        if keeps:
+            discard(partial / keeps)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
             _fill(
                 real, partial=partial, field=field
@@ -130,7 +134,7 @@ def replacing(out: Path, *, field: str, keeps: str) -> Iterator[Path]:
             _swap(real, partial=partial)
         marker.sync_folder(real.parent)
     except BaseException as error:
-        interrupted = not isinstance(error, UserError) and _stays(partial, keeps)
+        interrupted = (written or not isinstance(error, UserError)) and _stays(partial, keeps)
         if interrupted:
             _log.warning("what is finished stays in %s: the same command goes on from there", partial)
         raise

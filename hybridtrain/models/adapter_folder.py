@@ -8,7 +8,7 @@ hybridtrain.json              the names of its classes, which peft has no place 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,9 @@ def add_classes(config: Any, folder: Path, *, known: Mapping[str, Any], field: s
 def _head_rows(folder: Path) -> int:
     """Rows of the last tensor of a classifier's head; 2 where there is none."""
     tensors = _tensors(folder)
-    rows = [len(tensors[name]) for name in tensors if is_classes_head(name.removeprefix(PREFIX))]
-    return rows[-1] if rows else 2
+    heads = [name for name in tensors if is_classes_head(name.removeprefix(PREFIX))]
+    heads = [name for name in heads if not name.startswith(f"{PREFIX}pre_")]  # goes into the last
+    return len(tensors[max(heads)]) if heads else 2
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -139,8 +140,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def attach(model: Any, folder: Path, *, field: str) -> None:
-    """Give a model the adapters of a folder, in place. Raises UserError for those of another model."""
+def attach(model: Any, folder: Path, *, new: Iterable[str], field: str) -> None:
+    """Give a model the adapters of a folder, in place. Raises UserError for those of another model, and if
+    parameters of the model that are `new`, and random, are not in the folder.
+    """
     fields, tensors = read_object(folder / CONFIG, field=field), _tensors(folder)
     try:
         settings = AdaptersConfig("lora", int(fields["r"]), float(fields["lora_alpha"]))
@@ -169,6 +172,9 @@ def attach(model: Any, folder: Path, *, field: str) -> None:
         linear = Linear(path, 0, 0, inputs, outputs, router=False)
         for each in adapters.shapes([linear], settings):
             put(each)
+    unknown = {name for name, _ in model.named_parameters()}.intersection(new)
+    if random := sorted(name for name in unknown if f"{PREFIX}{name}" not in tensors):
+        raise _refused(field, folder, f"'{random[0]}' is neither in it nor in its base model")
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end]
     own = {name for name, each in model.named_parameters() if not any(each is end for end in ends)}
     for name in own:

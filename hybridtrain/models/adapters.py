@@ -265,11 +265,20 @@ def check_saved(config: Any, settings: AdaptersConfig, linears: Sequence[Linear]
     for pattern in settings.modules_to_save:
         patterns.check_one(SAVED, pattern, [*paths], what="module")
         refused = sorted(path for path in others if patterns.matches(path, [pattern]))
-        if refused:
+        inside = [
+            name
+            for path in paths
+            if patterns.matches(path, [pattern])
+            for name in paths
+            if name.startswith(f"{path}.") and not patterns.matches(name, settings.modules_to_save)
+        ]
+        if refused or inside:
             raise refusal(
                 SAVED,
                 [pattern],
-                f"{refused[0]} has an adapter, or is the embedding or the head of tokens",
+                f"{refused[0]} has an adapter, or is the embedding or the head of tokens"
+                if refused
+                else f"{inside[0]} is inside a module that it matches, and is not saved itself",
                 allowed="other modules, such as norms, and linear layers that adapters.match leaves out",
                 instead="a pattern that does not match it",
             )

@@ -72,18 +72,21 @@ def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> Weigh
 
 
 def check(model: ModelConfig, config: Any, *, adapters: AdaptersConfig) -> None:
-    """Refuse what `pretrained` refuses, and new parameters that would not be trained beside adapters,
-    before a run directory is opened.
+    """Refuse what `pretrained` and `check_new` refuse, before a run directory is opened.
 
     Only of local folders: a hub id is checked later.
     """
     if model.from_pretrained and Path(model.from_pretrained).is_dir():
-        tensors = _parameters(model, config)
-        _checked(tensors, model=model, config=config)
+        _checked(_parameters(model, config), model=model, config=config)
         tokens.source_generation(model)
-        new = _new(tensors, config=config)
-        frozen = {name for name in new if patterns.is_frozen(name, freeze=(), adapters=adapters)}
-        if frozen and adapters.kind != "none":
+        check_new(model, config, adapters=adapters)
+
+
+def check_new(model: ModelConfig, config: Any, *, adapters: AdaptersConfig) -> None:
+    """Refuse new parameters that would not be trained beside adapters (raises UserError)."""
+    if adapters.kind != "none" and model.from_pretrained:
+        new = _new(_parameters(model, config), config=config)
+        if frozen := [name for name in new if patterns.is_frozen(name, freeze=(), adapters=adapters)]:
             raise _random(sorted(frozen), model=model)
 
 

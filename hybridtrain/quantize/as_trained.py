@@ -17,7 +17,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, PrecisionConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.linears import Linear
+from hybridtrain.models.linears import Linear, linears_of
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.plan.formats import FORMATS, HIGH
 from hybridtrain.precision.policy import policy
@@ -81,7 +81,8 @@ def _formats(run: Path, source: Source, precision: PrecisionConfig) -> Mapping[s
     if (controller := adaptive_of(precision, source.built)) is not None:
         controller.adopt(stored_state(_states(run, source.folder), STATE))
         adapted = controller.formats()
-    return {linear.path: each for linear in source.linears if (each := name(linear)) != HIGH}
+    linears = linears_of(source.built)  # experts in one parameter multiply as all else does
+    return {linear.path: each for linear in linears if (each := name(linear)) != HIGH}
 
 
 def _states(run: Path, export: str) -> Mapping[str, Any]:

@@ -79,9 +79,14 @@ def run(config: CompareRoot) -> int:
 
 def _page(out: str) -> Path | None:
     """The page beside the JSON file; None without one, or without matplotlib. Raises UserError for a file
-    that is none.
+    that is none, or a folder that is not there.
     """
-    if not out or not has_matplotlib():
+    if not out:
+        return None
+    if not Path(out).resolve().parent.is_dir():
+        problem, instead = "there is no folder for it", "a file in a folder that is there"
+        raise refusal("compare.out", out, problem, allowed="a file in a folder", instead=instead)
+    if not has_matplotlib():
         return None
     from hybridtrain.report import quantised
 

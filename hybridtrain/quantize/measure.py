@@ -26,7 +26,6 @@ from hybridtrain.models.heads import text_logits
 from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch
 
 _NAMES = ("tokens", "loss", "other_loss", "kl", "same", "signal", "noise")
-_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,12 @@ class Measured:
         return _ratio(self.of("other_loss") - self.of("loss"), self.of("tokens"))
 
     @property
-    def most(self) -> float:
-        """The relative increase of the perplexity, with two standard errors."""
-        return math.expm1(self.change.value + _ERRORS * self.change.error)
-
-    @property
     def snr(self) -> float:
         """Of the logits, dB."""
-        noise = self.of("noise").sum()
-        return 10 * math.log10(self.of("signal").sum() / noise) if noise else math.inf
+        signal, noise = self.of("signal").sum(), self.of("noise").sum()
+        if not noise:
+            return math.inf
+        return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> Mean:

@@ -57,7 +57,9 @@ def read(file: Path, linears: Sequence[Linear]) -> Plan:
             instead="the plan.yaml of an earlier quantize.plan=auto",
         )
     check_paths(layers, linears, field=FIELD, value=file)
-    return {str(path): schemes.parse(str(name), field=FIELD) for path, name in layers.items()}
+    return {
+        str(path): schemes.parse(str(name), field=f"{FIELD}={file}: {path}") for path, name in layers.items()
+    }
 
 
 def check_paths(layers: Iterable[object], linears: Sequence[Linear], *, field: str, value: object) -> None:

@@ -75,12 +75,6 @@ class Progress:
         if before:
             discard(self.folder / before)
 
-    def close(self) -> None:
-        """All is written: nothing of this stays in the folder."""
-        for name in (self._states, FILE):
-            if name:
-                discard(self.folder / name)
-
     def _read(self, layers: int) -> None:
         """Take up what is there, and log it."""
         try:
@@ -116,7 +110,7 @@ def of(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {**host.versions(), "compressed-tensors": _version()}
     return {
-        "weights": weights.digest(folder),
+        "weights": _digest([weights.digest(folder).encode(), *_times(folder)]),
         "config.json": _digest([json.dumps(fields, sort_keys=True, default=str).encode()]),
         "schemes of layers": _digest(
             [f"{path} {scheme.name}\n".encode() for path, scheme in sorted(plan.items())]
@@ -126,6 +120,13 @@ def of(
         "device": device,
         "library versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def _times(folder: Path) -> Iterator[bytes]:
+    """When the files of a source were written: `digest` reads a part of each tensor."""
+    for file in sorted(folder.glob("*.safetensors")):
+        found = file.stat()
+        yield f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode()
 
 
 def _parts(row: Batch) -> Iterator[bytes]:

@@ -9,6 +9,9 @@ from typing import Any
 from hybridtrain.quantize.measure import Mean, Measured
 from hybridtrain.quantize.walk import Quantised
 
+_MOST = 700.0
+"""Nats, whose exponential is still a number."""
+
 
 def reference(name: str, measured: Measured, *, stored: int) -> dict[str, Any]:
     """The row of the reference."""
@@ -18,7 +21,7 @@ def reference(name: str, measured: Measured, *, stored: int) -> dict[str, Any]:
         "bytes": stored,
         "tokens": measured.tokens,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": _exp(loss),
     }
 
 
@@ -30,13 +33,18 @@ def row(name: str, measured: Measured, *, stored: int, layers: Sequence[Quantise
         "bytes": stored,
         "bits": _bits(layers),
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": _exp(loss),
         "loss_change": _mean(measured.change),
         "kl": _mean(measured.mean("kl")),
         "same_top1": measured.mean("same").value,
         "logit_snr_db": measured.snr if math.isfinite(measured.snr) else None,
         "output_errors": {each.linear.path: each.error for each in layers if each.error is not None},
     }
+
+
+def _exp(loss: float) -> float:
+    """The perplexity; infinite beyond the largest number."""
+    return math.exp(loss) if loss < _MOST else math.inf
 
 
 def stored_bytes(model: Any, layers: Sequence[Quantised]) -> int:

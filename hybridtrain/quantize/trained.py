@@ -32,6 +32,11 @@ class Trained:
     dtype: torch.dtype
     """To which they were cast before, the one that computes."""
 
+    @property
+    def stored(self) -> torch.dtype:
+        """In which the codes stand for the numbers of training: fp32 for fp64, which folders do not have."""
+        return torch.float32 if self.dtype == torch.float64 else self.dtype
+
     def weights(self, base: WeightSource) -> WeightSource:
         """The weights of the export, with those of the plan as training cast them."""
         names = {f"{path}.weight" for path in self.plan}

@@ -17,6 +17,7 @@ from typing import Any
 from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import QuantizeRoot
+from hybridtrain.errors import refusal
 from hybridtrain.evaluate import held_out
 from hybridtrain.evaluate.held_out import HeldOut
 from hybridtrain.export import destination
@@ -58,7 +59,16 @@ def run(config: QuantizeRoot) -> int:
             plan = rounded.plan
         else:
             plan = plans.uniform(scheme, work.linears)
+        if options.prompts_file and not any(scheme.calibrates for scheme in (*plan.values(), *steps)):
+            raise refusal(
+                calibration.FIELD,
+                options.prompts_file,
+                "no layer is calibrated",
+                allowed="schemes that look at the inputs of layers (gptq, a8s)",
+                instead=f"{SCHEME}=int4-g32-gptq, or without {calibration.FIELD}",
+            )
         field = plans.FIELD if options.plan else SCHEME
+        work.calibration(plan, field=field)  # a refusal costs no layer that an interrupted start finished
         try:
             with destination.replacing(out, field=OUT, keeps=progress.FILE) as partial:
                 size, bits = work.write(plan, partial, results=results, field=field)
@@ -161,7 +171,9 @@ class _Work(Source):
         weights = self.weights
         if self.trained is not None:
             self.trained.say(plan)
-            weights = self.trained.weights(weights) if self.trained.is_plan(plan) else weights
+            if self.trained.is_plan(plan):
+                weights = self.trained.weights(weights)
+                dtype = dtype if "quantize.dtype" in self.config.given else self.trained.stored
         casts = {stored.cast(scheme) for scheme in plan.values()}
         if len(casts) == 1 and None not in casts and "quantize.dtype" not in self.config.given:
             dtype = next(each for each in casts if each is not None)
@@ -179,7 +191,6 @@ class _Work(Source):
         results = self._measured(partial, results) if results else {}
         plans.write(plan, partial / plans.FILE, comment=auto.comment(results) if results else "")
         self._copy(folder, partial, names=sorted({scheme.name for scheme in plan.values()}))
-        finished.close()
         return size, bits
 
     def _measured(self, partial: Path, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ Cells = Sequence[tuple[str, ...]]
 def cells(result: Mapping[str, Any]) -> Cells:
     """A line for the reference, and for each that was compared with it."""
     first = result["reference"]
-    size, perplexity = f"{first['bytes'] / 1e6:.2f}", f"{first['perplexity']:.4f}"
+    size, perplexity = f"{first['bytes'] / 1e6:.2f}", _perplexity(first)
     return [
         (str(first["name"]), size, "", perplexity, "reference", "", "", ""),
         *(_cells_of(each) for each in result["candidates"]),
@@ -27,12 +28,17 @@ def _cells_of(each: Mapping[str, Any]) -> tuple[str, ...]:
         str(each["name"]),
         f"{each['bytes'] / 1e6:.2f}",
         "" if each["bits"] is None else f"{each['bits']:.2f}",
-        f"{each['perplexity']:.4f}",
+        _perplexity(each),
         _mean(each["loss_change"], 100, "+.3f"),
         _mean(each["kl"], 1, ".1e"),
         f"{100 * each['same_top1']:.2f}",
         "" if each["logit_snr_db"] is None else f"{each['logit_snr_db']:.1f}",
     )
+
+
+def _perplexity(each: Mapping[str, Any]) -> str:
+    value = each["perplexity"]
+    return "infinite" if value is None or math.isinf(value) else f"{value:.4f}"
 
 
 def _mean(mean: Mapping[str, float | None], factor: float, form: str) -> str:

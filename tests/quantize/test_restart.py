@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from hybridtrain.cli.main import main
+from hybridtrain.errors import refusal
+from hybridtrain.export import destination
 from hybridtrain.models import build
 from hybridtrain.quantize import progress, walk
 from tests.cases import model
@@ -100,6 +102,26 @@ def test_another_command_starts_anew(changes, words, argv, tmp_path: Path, monke
     assert read == [0, 1, 2, 3]
     assert main([*argv, *changes, f"quantize.out={whole}"]) == 0
     assert files(out) == files(whole)
+
+
+def test_what_is_finished_outlives_a_failure_to_replace(argv, tmp_path: Path, monkeypatch) -> None:
+    """A file of the user's in the folder; it is moved away, and no layer is quantised again."""
+    out = tmp_path / "out"
+    assert main([*argv, "quantize.scheme=int8", f"quantize.out={out}"]) == 0
+    (out / "plan.json").write_text("mine")
+    monkeypatch.setattr(destination, "_others", refused)
+    assert main([*argv, f"quantize.out={out}"]) == 2
+    assert (out / "plan.json").read_text() == "mine"
+    monkeypatch.undo()
+    read = stop_after(-1, monkeypatch)
+    assert main([*argv, f"quantize.out={out}"]) == 0
+    assert read == []
+    assert progress.FILE not in json.loads((out / "hybridtrain.json").read_text())["files"]
+    assert not (out / progress.FILE).exists()
+
+
+def refused(*_: Any, field: str, **__: Any) -> None:
+    raise refusal(field, "out", "a file is in the way", allowed="none", instead="another folder")
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hybridtrain import evaluate
 from hybridtrain.cli.main import main
-from hybridtrain.models import build
+from hybridtrain.errors import UserError
+from hybridtrain.models import adapter_folder, build
 from tests import runs
 from tests.cases import model
 from tests.ranks import run_ranks
@@ -165,6 +167,38 @@ def test_modules_that_cannot_be_saved_are_refused(
     assert ended.code == 2
     assert problem in ended.err
     assert instead in ended.err
+
+
+def test_a_base_that_lacks_what_the_folder_lacks_is_refused(exported: tuple[str, Path]) -> None:
+    """It would be random, and another at each load."""
+    _, run = exported
+    weights = run / "export/adapter_model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    save_file({name: each for name, each in tensors.items() if "pooler" not in name}, weights)
+    (record := run / "export/hybridtrain.json").rename(run / "record")
+    try:
+        if len(tensors) == len(load_file(weights)):
+            pytest.skip("of a model without a pooler")
+        with pytest.raises(UserError, match="is neither in it nor in its base model"):
+            evaluate.load_model(str(run / "export"), field="evaluate.source", trust_remote_code=False)
+    finally:
+        weights.write_bytes(before)
+        (run / "record").rename(record)
+
+
+def test_rows_of_a_head_are_those_of_its_last_layer(tmp_path: Path) -> None:
+    """DistilBERT has another before it, whose name comes last."""
+    prefix = adapter_folder.PREFIX
+    tensors = {
+        f"{prefix}classifier.weight": torch.zeros(3, 8),
+        f"{prefix}pre_classifier.weight": torch.zeros(8, 8),
+    }
+    save_file(tensors, tmp_path / adapter_folder.WEIGHTS)
+    (tmp_path / adapter_folder.CONFIG).write_text(json.dumps({"task_type": "SEQ_CLS"}))
+    config = build.hf_config(BERT, chosen={}, attention="sdpa")
+    adapter_folder.add_classes(config, tmp_path, known={}, field="evaluate.source")
+    assert config.num_labels == 3
 
 
 @pytest.mark.slow

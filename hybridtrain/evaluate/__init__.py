@@ -148,7 +148,7 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
             inference=inference,
             trusts=trust_remote_code,
         )
-        with quantised.quiet():
+        with quantised.quiet(), _without_warnings(adapted):
             model, loaded = kind.from_pretrained(
                 base, config=config, dtype="auto", output_loading_info=True, **places, **options
             )
@@ -165,6 +165,20 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
     if adapted:
         adapter_folder.attach(model, Path(source), new=loaded["missing_keys"], field=field)
     return model.eval()
+
+
+@contextmanager
+def _without_warnings(adapted: bool) -> Iterator[None]:
+    """transformers warns of new parameters of a base model, which are then those of the adapters' folder."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if adapted:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _check_pointers(folder: Path, *, field: str) -> None:

@@ -109,4 +109,4 @@ def test_plans_keep_their_budget(tmp_path: Path) -> None:
         rows.pop("as written")
         near = [each for each in rows.values() if each["kl"]["mean"] <= mixed["kl"]["mean"]]
         assert near
-        assert all(mixed["bits"] < each["bits"] for each in near)
+        assert all(mixed["bits"] <= each["bits"] for each in near)  # it may be one of them

@@ -109,7 +109,7 @@ def encoder(out: Path, folder: Path) -> Model:
         options = (f"data.path={data}", "data.seq_len=64", *size, *rate, "train.eval_rows=64")
         recipes.command("train", f"run.dir={out}/encoder", "task=masked_lm", *words, *options)
         recipes.command("export", f"{out}/encoder")
-    return Model(out / "encoder/export", data, 64, 16, rows=160, calibration=48, eval_rows=0)
+    return Model(out / "encoder/export", data, 64, 16, rows=160, calibration=320, eval_rows=0)
 
 
 def gemma(out: Path, folder: Path) -> Model:
@@ -121,15 +121,15 @@ def gemma(out: Path, folder: Path) -> Model:
 
 
 def converted(folder: Path, target: Path) -> None:
-    """A folder of a GGUF file, with its 4- to 6-bit numbers in bf16."""
+    """A folder of a GGUF file, with its 4- to 6-bit numbers in fp32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.bfloat16)
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     AutoTokenizer.from_pretrained(folder, gguf_file="m.gguf").save_pretrained(target)

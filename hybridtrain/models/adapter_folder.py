@@ -175,7 +175,7 @@ def attach(model: Any, folder: Path, *, new: Iterable[str], field: str) -> None:
     unknown = {name for name, _ in model.named_parameters()}.intersection(new)
     if random := sorted(name for name in unknown if f"{PREFIX}{name}" not in tensors):
         raise _refused(field, folder, f"'{random[0]}' is neither in it nor in its base model")
-    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end]
+    ends = adapters.ends_of(model)
     own = {name for name, each in model.named_parameters() if not any(each is end for end in ends)}
     for name in own:
         if is_classes_head(name) or f"{PREFIX}{name}" in tensors:

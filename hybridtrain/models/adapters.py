@@ -252,12 +252,17 @@ def saved(config: Any, settings: AdaptersConfig) -> dict[str, torch.Size]:
     }
 
 
+def ends_of(model: Any) -> list[nn.Parameter]:
+    """The weights of a model's embedding and of its head of tokens, if it has one; one twice if tied."""
+    return [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end]
+
+
 def check_saved(config: Any, settings: AdaptersConfig, linears: Sequence[Linear]) -> None:
     """Refuse patterns of modules that match none, or one that cannot be trained beside adapters: embedding
     and head of tokens, layers that have adapters (raises UserError).
     """
     model: Any = build.meta_model(config)
-    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end]
+    ends = ends_of(model)
     paths = {name.rpartition(".")[0]: parameter for name, parameter in model.named_parameters()}
     others = {linear.path for linear in linears} | {
         path for path, each in paths.items() if any(each is end for end in ends)

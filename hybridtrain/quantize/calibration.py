@@ -42,7 +42,7 @@ def batches(of_model: HeldOut, *, rows: int, seed: int) -> list[Batch]:
 
 def of_texts(file: Path, *, tokenizer: Any, vocab: int, rows: int, size: int, seq_len: int) -> list[Batch]:
     """Micro-batches of `size` rows (the last may have fewer) of the texts in a file, one after the other: at
-    most so many rows, of `seq_len` tokens. Raises UserError for a file without a whole row.
+    most `rows`, of `seq_len` tokens. Raises UserError for a file without a whole row.
     """
     lines = read_texts(file, field=FIELD)
     ids = [token for line in lines for token in tokenizer(line)["input_ids"]]

@@ -20,7 +20,7 @@ _SEARCHED = 8
 """Rows are enough to find the order of steps: a layer's KL on them ranks it as on fifty."""
 _FEWEST = 16
 _POOL = 16
-"""Times the rows that are asked for: of so many, evenly spread over the held-out ones, they are drawn."""
+"""quantize.eval_rows are drawn from this many times as many held-out rows, evenly spread over all of them."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,12 @@ class _Work(Source):
         stored.check_experts({path: plan.get(path) for path in experts}, self.options.dtype, field=field)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
-            rows = self._calibration_rows()
+            rows = self._calibration_rows
         count = sum(batch.input_ids_BT.numel() for batch in rows)
         walk.check(self.linears, plans.choice(plan), tokens=count, field=field, rows_field=ROWS)
         return rows
 
+    @cached_property
     def _calibration_rows(self) -> list[Batch]:
         count, file = self.options.rows, self.options.prompts_file
         if not file:
@@ -154,7 +156,7 @@ class _Work(Source):
             self.weights,
             steps,
             budget=self.options.budget,
-            calibration=self._calibration_rows(),
+            calibration=self._calibration_rows,
             rows=drawn,
             plan_of=plan_of,
             dtype=DTYPES[self.options.dtype],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from hybridtrain import evaluate
 from hybridtrain.cli.main import main
 from hybridtrain.errors import UserError
 from hybridtrain.models import adapter_folder, build
-from tests import runs
+from tests import hub, runs
 from tests.cases import model
+from tests.models.test_hub import command
 from tests.ranks import run_ranks
 from tests.tasks import classified, encoders
 from tests.tasks.classified import LABELS, SEQ, VOCAB
@@ -199,6 +201,18 @@ def test_rows_of_a_head_are_those_of_its_last_layer(tmp_path: Path) -> None:
     config = build.hf_config(BERT, chosen={}, attention="sdpa")
     adapter_folder.add_classes(config, tmp_path, known={}, field="evaluate.source")
     assert config.num_labels == 3
+
+
+@pytest.mark.slow
+def test_so_of_a_hub_id(folder: Path, tmp_path: Path) -> None:
+    """Whose weights are not known before the ranks have started."""
+    shutil.copytree(folder / "bert", tmp_path / "repositories" / "me" / "bert")
+    argv = [word for word in words("bert", folder) if "modules_to_save" not in word]
+    argv += ["model.from_pretrained=me/bert", f"run.dir={tmp_path / 'run'}"]
+    with hub.serving(tmp_path / "repositories", gated=()) as served:
+        ended = command(served, tmp_path / "home", "train", *argv)
+    assert ended.returncode == 2
+    assert "bert.pooler.dense.bias is not in me/bert" in ended.stderr
 
 
 @pytest.mark.slow
